@@ -410,6 +410,12 @@ def test_an_environment_is_loaded_by_name(tmp_path):
         environment_factory(f"{file}:Env")
     with pytest.raises(ConfigError, match=r"has no environment 'Ens'\. Did you mean 'Env'"):
         environment_factory(f"{file}:Ens")
+    with pytest.raises(ConfigError, match="environment builtins:dict: can't be called with no arguments"):
+        environment_factory("builtins:dict")
+    broken = tmp_path / "broken.py"
+    broken.write_text("x = 1\ndef broken(:\n")
+    with pytest.raises(ConfigError, match=r"broken.py, line 2\): SyntaxError"):
+        environment_factory(f"{broken}:Env")
     with pytest.raises(ConfigError, match="has no method step"):
         environment_factory(f"{file}:Half")
     with pytest.raises(ConfigError, match=r"file not found\. Give the path of a Python file with an environment"):

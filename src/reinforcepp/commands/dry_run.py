@@ -91,12 +91,15 @@ def show_episodes(runner: EpisodeRunner, prompts: Sequence[Prompt], max_new_toke
     def reply(prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         return [Completion(prompt, tuple(stand_in), (0.0,) * len(stand_in), STAND_IN, "stop") for prompt in prompts]
 
-    for number, episode in enumerate(runner.run(prompts, Sampling(max_new_tokens), reply), 1):
+    try:
+        episodes = runner.run(prompts, Sampling(max_new_tokens), reply)
+    finally:
+        runner.close()
+    for number, episode in enumerate(episodes, 1):
         ids, mask = [*episode.prompt.ids, *episode.ids], [False] * len(episode.prompt.ids) + episode.mask
         rewards = ", ".join(f"{turn.reward:g}" for turn in episode.turns if turn.reward is not None) or "none"
         note = f"; tokens with mask 1 are trained; {STAND_IN!r} stands for the policy; rewards: {rewards}"
         _write(f"Episode {number}: {len(ids)} tokens{note}", _row(tokenizer, ids, mask))
-    runner.close()
 
 
 def show_reward_training(config: RewardModelConfig) -> None:

@@ -125,7 +125,7 @@ class EpisodeRunner:
         max_turns: messages of the policy after which an episode ends.
         timeout: seconds for each call of an environment; None: no limit.
         max_prompt_length: most tokens of the prompt that ``reset`` returns.
-        log_failures: gets the failed episodes of a batch.
+        log_failures: saves the failed episodes of a batch.
         has_tools: whether a longer episode means that the policy called a tool.
     """
 
@@ -135,7 +135,7 @@ class EpisodeRunner:
     max_turns: int
     timeout: float | None
     max_prompt_length: int
-    log_failures: Callable[[list[Completion]], None] = lambda episodes: None
+    log_failures: Callable[[list[Completion]], None] | None = None
     has_tools: bool = False
 
     def __post_init__(self) -> None:
@@ -265,7 +265,8 @@ class EpisodeRunner:
 
     def _report(self, episodes: list[Completion]) -> None:
         failed = [episode for episode in episodes if episode.error]
-        if failed:
+        saved = f"{FAILED_EPISODES} in the run's folder has" if self.log_failures is not None else ""
+        if failed and self.log_failures is not None:
             self.log_failures(failed)
         if self._calls.hanging > MAX_HANGING:
             raise EnvironmentFailed(
@@ -279,15 +280,14 @@ class EpisodeRunner:
             reason, number = Counter(episode.error for episode in failed).most_common(1)[0]
             raise EnvironmentFailed(
                 f"{reason}. {len(failed)} of {len(episodes)} episodes failed, {number} of them in this way. Correct the "
-                f"environment; {FAILED_EPISODES} in the run's folder has the episodes."
+                f"environment{f'; {saved} the episodes' if saved else ''}."
             )
         if failed and not self._warned:
             self._warned = True
             log.warning(
-                "%s. The episode isn't trained on. The metric episodes/failed counts such episodes, and %s in the run's "
-                "folder has them.",
+                "%s. The episode isn't trained on. The metric episodes/failed counts such episodes%s.",
                 failed[0].error,
-                FAILED_EPISODES,
+                f", and {saved} them" if saved else "",
             )
         if self.has_tools:
             self._watch_calls(episodes)

@@ -69,7 +69,7 @@ def environment_factory(
     make = load_object(source, "environment") if isinstance(source, str) else source
     try:
         inspect.signature(make).bind(**(arguments or {}))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # the second one: a type without a signature, such as dict
         given = f"environment_kwargs {shown(dict(arguments))}" if arguments else "no arguments"
         raise ConfigError(
             f"environment {name}: can't be called with {given} ({error}). Correct environment_kwargs."

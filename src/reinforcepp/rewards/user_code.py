@@ -48,7 +48,10 @@ def source_digest(source: str, what: str = REWARD) -> str:
 def raised(error: BaseException) -> str:
     """Return the file, line and message of an exception of users' code, to follow a verb: `` (a.py, line 3): KeyError: 'x'``."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    place = (frames[-1].filename, frames[-1].lineno) if frames else None
+    if isinstance(error, SyntaxError) and error.filename:  # the last frame is in the importer
+        place = error.filename, error.lineno
+    where = f" ({place[0]}, line {place[1]})" if place else ""
     message = traceback.format_exception_only(error)[-1].strip()
     return f"{where}: {message.rstrip('.')}"
 

@@ -98,7 +98,7 @@ def episode_runner(
         timeout=None if config.tools else config.environment_timeout,  # each call of a tool has a limit
         max_prompt_length=max_prompt_length,
         has_tools=bool(config.tools),
-        log_failures=partial(log_failed_episodes, folder) if folder is not None else lambda episodes: None,
+        log_failures=partial(log_failed_episodes, folder) if folder is not None else None,
     )
 
 
