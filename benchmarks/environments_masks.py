@@ -88,7 +88,7 @@ def counts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     found = {"sampled": 0, "masked": 0, "mismatched": 0, "lost_if_encoded_again": 0}
     for number, episode in enumerate(episodes):
         assert not episode.error, episode.error
-        sampled = [ids for replies in policy.sampled for ids in [replies[number]]]
+        sampled = [replies[number] for replies in policy.sampled]
         flat = [token for ids in sampled for token in ids]
         trained = [token for token, mask in zip(episode.ids, episode.mask, strict=True) if mask]
         found["sampled"] += len(flat)

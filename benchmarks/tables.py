@@ -915,7 +915,8 @@ def environments_tool(result: dict[str, Any]) -> str:
         return ""
 
     def shown(value: dict[str, float]) -> str:
-        return f"{value['mean']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+        mean, low, high = (round(value[name], 2) + 0.0 for name in ("mean", "low", "high"))  # no -0.00
+        return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
     rows = [
         [name, shown(part[key]["gold_before"]), shown(part[key]["gold_after"])]
@@ -925,6 +926,16 @@ def environments_tool(result: dict[str, Any]) -> str:
     titles = ["answers", "score before training, mean (95% interval)", "after training"]
     seeds = len(part["rows"]) // 2
     return table(titles, rows) + f"\n{part['steps']} steps, {seeds} seeds.\n" + made_by(part)
+
+
+def environments_masks(result: dict[str, Any]) -> str:
+    part = result["parts"].get("masks")
+    if part is None:
+        return ""
+    titles = ["chat template", "sampled tokens", "masked tokens", "mismatched tokens", "lost if encoded again"]
+    keys = ("sampled", "masked", "mismatched", "lost_if_encoded_again")
+    rows = [[f"`{row['template']}`", *(f"{row[key]:,}" for key in keys)] for row in part["rows"]]
+    return table(titles, rows) + f"\n{part['episodes']} episodes of {part['turns']} turns each.\n" + made_by(part)
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -985,6 +996,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "hardware": (hardware, "hardware"),
     "feedback_loop": (feedback_loop, "feedback_loop"),
     "environments_tool": (environments_tool, "environments"),
+    "environments_masks": (environments_masks, "environments"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))

@@ -164,6 +164,7 @@ class EpisodeTurn:
         stop: the token after its last one; equal to ``start`` if the policy never saw these messages.
         sampled: whether the policy wrote it. Other tokens are masked in training.
         reward: what the environment gave for the policy's message; None if nothing.
+        truncated: whether the policy's message reached the limit of tokens.
     """
 
     messages: Messages
@@ -171,6 +172,7 @@ class EpisodeTurn:
     stop: int
     sampled: bool
     reward: float | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,12 @@ class Completion:
         if self.turns:
             return [dict(message) for turn in self.turns for message in turn.messages]
         return [{"role": "assistant", "content": self.prompt.prefill + self.text}]
+
+    @property
+    def text_finish_reason(self) -> FinishReason:
+        """Whether ``text`` was truncated; an episode that reaches a limit of turns can have a whole last message."""
+        sampled = [turn for turn in self.turns if turn.sampled]
+        return self.finish_reason if not sampled else "length" if sampled[-1].truncated else "stop"
 
     @property
     def context(self) -> Conversation:

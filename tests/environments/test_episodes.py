@@ -228,7 +228,8 @@ def test_an_episode_ends_after_max_turns(chat, caplog):
     assert len(script.prompts) == 3
     assert episode.finish_reason == "length"
     assert episode.turns[-1].start == episode.turns[-1].stop  # the policy never saw the last "No."
-    assert "none of 1 episodes ended within 3 turns" in caplog.text
+    assert episode.text_finish_reason == "stop"  # the last message is whole, for a reward model
+    assert "no episode of a batch ended within 3 turns" in caplog.text
 
 
 def test_tokens_of_the_environment_count_toward_the_limit(chat):
@@ -243,6 +244,7 @@ def test_tokens_of_the_environment_count_toward_the_limit(chat):
 def test_a_truncated_message_ends_the_episode_but_is_judged(chat):
     ((episode,), _) = run(chat, "It is 7, and this is a long message.", max_new_tokens=5)
     assert (episode.finish_reason, episode.environment_reward) == ("length", 1.0)
+    assert episode.text_finish_reason == "length"
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

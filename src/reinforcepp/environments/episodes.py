@@ -84,9 +84,10 @@ class Episode:
         start = len(self.ids)
         self.ids += reply.ids
         self.logprobs += reply.logprobs
-        self.turns.append(EpisodeTurn((message,), start, len(self.ids), sampled=True))
+        truncated = reply.finish_reason == "length"
+        self.turns.append(EpisodeTurn((message,), start, len(self.ids), sampled=True, truncated=truncated))
         self.text = reply.text
-        if reply.finish_reason == "length":
+        if truncated:
             self.finish = "length"
 
     def add_step(self, result: StepResult, tokens: Callable[[Episode, StepResult], list[int]], max_turns: int) -> None:
@@ -293,7 +294,7 @@ class EpisodeRunner:
             self._watch_calls(episodes)
         if episodes and all(_out_of_turns(episode, self.max_turns) for episode in episodes):
             warn_once(
-                f"environment {self.name}: none of {len(episodes)} episodes ended within {self.max_turns} turns. Raise "
+                f"environment {self.name}: no episode of a batch ended within {self.max_turns} turns. Raise "
                 f"{setting('max_turns')}, or return done."
             )
 

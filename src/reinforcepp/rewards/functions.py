@@ -340,6 +340,7 @@ def _text_arguments(completions: Sequence[Completion], log: BatchLog) -> dict[st
         **_own_arguments(completions),
         "prompts": [c.prompt.text for c in completions],
         "completions": [c.prompt.prefill + c.text for c in completions],
+        "finish_reason": [c.text_finish_reason for c in completions],
         "completion_ids": [list(c.sampled_ids) for c in completions],
         "log_extra": log.log_extra,
     }
