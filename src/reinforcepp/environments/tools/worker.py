@@ -6,7 +6,6 @@ started it, also in the middle of a call.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from reinforcepp.errors import ReinforceError
 from reinforcepp.rewards.user_code import load_object
+from reinforcepp.runtime.process import outcome
 
 TOOL = "tool"
 
@@ -63,7 +63,7 @@ def result_of(function: Any, arguments: dict[str, Any], limit: int) -> tuple[str
     try:
         value = function(**arguments)
         if inspect.isawaitable(value):
-            value = asyncio.run(_result(value))
+            value = outcome(_result(value))
         return _truncated(_text(value), limit), False
     except KeyboardInterrupt:
         raise
