@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 3,
     "kl_coef": 0.0,
+    "kl_limit": None,  # needs no reference policy
     "max_steps": 1000,
     "rollout": "transformers",
     "eval_prompts": 100,

@@ -85,6 +85,7 @@ def test_my_csv(followed, tmp_path):
     assert (tmp_path / "models/mine/report.html").is_file() and (tmp_path / "runs/mine/report.html").is_file()
 
 
+@pytest.mark.full  # takes 16 seconds
 def test_chat_lora(followed, tmp_path):
     output = followed("chat_lora")
     # Three examples of the dry run, and one at the start of each of the two trainings.

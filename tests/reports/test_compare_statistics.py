@@ -231,6 +231,7 @@ def coverage(rate: str, truth: float, make) -> float:
     return held / 300
 
 
+@pytest.mark.full  # takes 10 seconds
 def test_the_interval_of_the_win_rate_holds_the_truth_in_19_of_20_cases():
     """Each prompt has its own chance, Beta(3, 2), so its four samples are alike; over prompts the mean is 0.6."""
 
@@ -242,5 +243,6 @@ def test_the_interval_of_the_win_rate_holds_the_truth_in_19_of_20_cases():
     assert 0.92 <= coverage("win_rate", 0.6, make) <= 0.98
 
 
+@pytest.mark.full  # takes 4 seconds
 def test_the_interval_at_equal_length_holds_the_truth_in_19_of_20_cases():
     assert 0.92 <= coverage("length_controlled", sigmoid(0.4), lambda seed: drawn(100, 0.4, 1.5, 20, seed)) <= 0.98
