@@ -330,6 +330,16 @@ def test_a_failed_environment_gives_one_message_and_its_episodes(chat, make, rea
     assert [episode.error for episode in saved] == [saved[0].error] * 2
 
 
+def test_the_calls_of_an_episode_have_a_time_limit_together(chat):
+    class Slow(Guess):
+        def step(self, message):
+            time.sleep(0.06)
+            return super().step(message)
+
+    with pytest.raises(EnvironmentFailed, match=r"the calls of an episode took longer than 0.1 s \(episode_timeout\)"):
+        run(chat, "3", make=Slow, episode_timeout=0.1)
+
+
 def test_one_failed_episode_doesnt_end_the_others(chat, caplog):
     class Sometimes(Guess):
         def step(self, message):

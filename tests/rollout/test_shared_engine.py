@@ -27,10 +27,12 @@ SCRIPT = """
 import atexit, json, sys, threading
 import tiny, torch
 from rollout.contract import prepared_model, prepared_tokenizer
+from dataclasses import replace
 from pathlib import Path
 from reinforcepp import ReinforceConfig
 from reinforcepp.rollout import factory
 from reinforcepp.distributed.ranks import Ranks, exit_process, init_process_group
+from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.errors import EngineLost
 from reinforcepp.rollout.selection import EngineChoice
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -79,6 +81,19 @@ thread = threading.Thread(target=generate)
 thread.start()
 result["sum"] = [float(ranks.sum(torch.tensor(1.0))) for _ in range(50)][-1]
 thread.join()
+
+class Turns:
+    def reset(self, row):
+        self.left = row["turns"]
+
+    def step(self, message):
+        self.left -= 1
+        return "Again.", 1.0, self.left == 0
+
+played = [replace(prompt, columns={"turns": ranks.index + 1}) for prompt in prompts]
+runner = EpisodeRunner("Turns", Turns, given[1], 9, 20.0, max_prompt_length=90)
+episodes = runner.run(played, Sampling(90), engine.generate, engine.any_rank)
+result["turns"] = [sum(turn.sampled for turn in episode.turns) for episode in episodes]
 result["everywhere"] = [c.ids for c in engine.generate_everywhere(prompts[:1], Sampling(3))]
 (*_, whole) = engine.stream(Prompt("s", (1,), 7 + ranks.index), Sampling(3))
 result["streamed"] = whole.prompt.key
@@ -112,7 +127,9 @@ def test_all_ranks_use_the_engine_of_rank_zero(tmp_path):
     assert first["answers"] == [[key, "0", [key, sample, 0]] for key in (0, 1) for sample in (0, 1)]
     assert second["answers"] == []
     assert third["answers"] == [[20, "2", [20, sample, 0]] for sample in (0, 1)]
-    assert first["seen"] == [3, 1, 3, "closed"] and second["seen"] == third["seen"] == []
+    # in three rounds of episodes, all ranks call the engine, also the second one, which has no prompts
+    assert [first["turns"], second["turns"], third["turns"]] == [[1, 1], [], [3]]
+    assert first["seen"] == [3, 3, 1, 1, 1, 3, "closed"] and second["seen"] == third["seen"] == []
     for index, rank in enumerate((first, second, third)):
         assert (rank["name"], rank["dtype"], rank["later"]) == ("pool", "torch.bfloat16", "torch.float32")
         assert rank["sum"] == 3 and rank["streamed"] == 7 + index

@@ -26,6 +26,8 @@ class EnvironmentConfig(Config):
     """Messages of the policy after which an episode ends"""
     environment_timeout: PositiveFloat = 60.0
     """Seconds for each call of an environment"""
+    episode_timeout: PositiveFloat | None = None
+    """Seconds for all calls of an episode's environment; default: no limit"""
     tool_timeout: PositiveFloat = 10.0
     """Seconds for each call of a tool"""
 

@@ -263,6 +263,12 @@ def engine(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     return {"rollout": f"{prefix}://{address.rstrip('/')}"}
 
 
+def turns(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Return max_turns for a number of rounds of calls; None, no limit in TRL, leaves the default."""
+    rounds = given["max_tool_calling_iterations"]
+    return {} if rounds is None else {"max_turns": rounds + 1}
+
+
 LARGEST_WEIGHT = 1e30
 """An upper bound that no importance weight exceeds, because their exponents are clamped."""
 IMPORTANCE_MODES = {"token_truncate": "tis", "token_mask": "icepop"}

@@ -269,6 +269,13 @@ RULES: tuple[Rule, ...] = (
             "vllm_importance_sampling_clip_max": attrgetter("importance_high"),
         },
     ),
+    Rule(
+        names={"max_tool_calling_iterations": int | None},
+        settings=("max_turns",),
+        convert=conversions.turns,
+        mapping="max_turns is one more, because it counts the answer, too",
+        reads={"max_tool_calling_iterations": lambda config: config.max_turns - 1},
+    ),
     *(_only(name, neutral) for name, neutral in NEUTRAL.items()),
     *(_only(name, neutral, "accumulation") for name, neutral in SUPERVISED_NEUTRAL.items()),
     *(_no_effect(name, kind, reason) for name, (kind, reason) in NO_EFFECT.items()),

@@ -159,7 +159,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "hub_always_push": Neutral(bool, (False,), AT_END),
     "hub_revision": Neutral(str, (), "Give it to trainer.push_to_hub(revision=...)."),
     "trackio_space_id": Neutral(str, (), "Omit it: trackio keeps the run on this node."),
-    "max_tool_calling_iterations": Neutral(int, (), "Omit it: max_turns limits the messages of an episode."),
 }
 """Settings by name that are accepted only if they are off."""
 

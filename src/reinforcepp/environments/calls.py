@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,25 +19,23 @@ class TimedOut(Exception):
 
 
 class TimedCalls:
-    """Calls functions in threads, and awaits what ``async`` functions return in one event loop.
+    """Calls functions in threads, and awaits what ``async`` functions return in one event loop."""
 
-    Args:
-        seconds: the time limit of each call, if any.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self.hanging = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return the result of each function, or the exception that it raised; :class:`TimedOut` if it took too long."""
+    def run(self, functions: Sequence[Callable[[], Any]], limits: Sequence[float | None]) -> list[tuple[Any, float]]:
+        """Return the result of each function and the seconds that it took.
+
+        The result is the exception that it raised, or :class:`TimedOut` if it took longer than its limit, in seconds.
+        """
         if not functions:
             return []
         if self._loop is None:  # one loop for all calls, because sessions and locks of asyncio belong to a loop
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=_serve, args=(self._loop,), name="environments", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(self._all(functions), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._all(functions, limits), self._loop).result()
 
     def close(self) -> None:
         """Stop the event loop."""
@@ -44,18 +43,22 @@ class TimedCalls:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
 
-    async def _all(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+    async def _all(
+        self, functions: Sequence[Callable[[], Any]], limits: Sequence[float | None]
+    ) -> list[tuple[Any, float]]:
         places = asyncio.Semaphore(MAX_CONCURRENT)
 
-        async def call(function: Callable[[], Any]) -> Any:
+        async def call(function: Callable[[], Any], seconds: float | None) -> tuple[Any, float]:
             async with places:
+                start = time.monotonic()
                 try:
-                    async with asyncio.timeout(self.seconds) as limit:
-                        return await self._result(function)
+                    async with asyncio.timeout(seconds) as limit:
+                        result = await self._result(function)
                 except Exception as error:  # code of users can raise anything
-                    return TimedOut() if limit.expired() else error
+                    result = TimedOut() if limit.expired() else error
+                return result, time.monotonic() - start
 
-        return list(await asyncio.gather(*map(call, functions)))
+        return list(await asyncio.gather(*map(call, functions, limits)))
 
     async def _result(self, function: Callable[[], Any]) -> Any:
         value = await self._in_thread(function)

@@ -54,6 +54,8 @@ class Episode:
     logprobs: list[float] = field(default_factory=list)
     turns: list[EpisodeTurn] = field(default_factory=list)
     text: str = ""
+    seconds: float = 0.0
+    """Time of the environment's calls."""
     finish: FinishReason | None = None
     """None while it is in progress."""
     error: str = ""
@@ -125,6 +127,7 @@ class EpisodeRunner:
         tokenizer: encodes the environment's messages.
         max_turns: messages of the policy after which an episode ends.
         timeout: seconds for each call of an environment; None: no limit.
+        episode_timeout: seconds for all calls of an episode's environment; None: no limit.
         max_prompt_length: most tokens of the prompt that ``reset`` returns.
         log_failures: saves the failed episodes of a batch.
         has_tools: whether a longer episode means that the policy called a tool.
@@ -138,9 +141,10 @@ class EpisodeRunner:
     max_prompt_length: int
     log_failures: Callable[[list[Completion]], None] | None = None
     has_tools: bool = False
+    episode_timeout: float | None = None
 
     def __post_init__(self) -> None:
-        self._calls = TimedCalls(self.timeout)
+        self._calls = TimedCalls()
         self._failures_in_a_row = 0
         self._succeeded = self._warned = False
         self._without_calls = 0
@@ -238,8 +242,9 @@ class EpisodeRunner:
 
     def _close(self, episodes: Sequence[Episode]) -> None:
         opened = [episode for episode in episodes if episode.environment is not None]
-        results = self._calls.run([getattr(episode.environment, "close", lambda: None) for episode in opened])
-        for episode, result in zip(opened, results, strict=True):
+        closing = [getattr(episode.environment, "close", lambda: None) for episode in opened]
+        results = self._calls.run(closing, [self.timeout] * len(opened))
+        for episode, (result, _) in zip(opened, results, strict=True):
             episode.environment = None
             if isinstance(result, Exception):
                 warn_once(f"environment {self.name}: {self._problem('close', result)}.")
@@ -249,17 +254,28 @@ class EpisodeRunner:
     ) -> list[tuple[Episode, Any]]:
         """Return the results of the calls that succeeded; the other episodes fail."""
         succeeded = []
-        for episode, value in zip(episodes, self._calls.run([partial(function, e) for e in episodes]), strict=True):
+        functions, limits = [partial(function, episode) for episode in episodes], list(map(self._limit, episodes))
+        for episode, (value, seconds) in zip(episodes, self._calls.run(functions, limits), strict=True):
+            episode.seconds += seconds
             if isinstance(value, Exception):
                 if isinstance(value, TimedOut):
                     episode.environment = None  # a thread is still in it
-                episode.fail(f"environment {self.name}: {self._problem(method, value)}")
+                episode.fail(f"environment {self.name}: {self._problem(method, value, episode.seconds)}")
             else:
                 succeeded.append((episode, value))
         return succeeded
 
-    def _problem(self, method: str, error: Exception) -> str:
+    def _limit(self, episode: Episode) -> float | None:
+        """Return the seconds for the next call of an episode."""
+        if self.episode_timeout is None:
+            return self.timeout
+        remaining = max(0.0, self.episode_timeout - episode.seconds)
+        return remaining if self.timeout is None else min(self.timeout, remaining)
+
+    def _problem(self, method: str, error: Exception, seconds: float = 0.0) -> str:
         late = isinstance(error, TimedOut)
+        if late and self.episode_timeout is not None and seconds >= self.episode_timeout:
+            return f"the calls of an episode took longer than {self.episode_timeout:g} s (episode_timeout)"
         return f"{method} didn't return within {self.timeout:g} s" if late else f"{method} failed{raised(error)}"
 
     # --- failures -----------------------------------------------------------------------------------------------------
@@ -271,7 +287,7 @@ class EpisodeRunner:
             self.log_failures(failed)
         if self._calls.hanging > MAX_HANGING:
             raise EnvironmentFailed(
-                f"environment {self.name}: {self._calls.hanging} calls didn't return within {self.timeout:g} s. Give its calls "
+                f"environment {self.name}: {self._calls.hanging} calls didn't return in time. Give its calls "
                 "time limits of their own, or raise environment_timeout."
             )
         for episode in episodes:

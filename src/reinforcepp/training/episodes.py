@@ -98,6 +98,7 @@ def episode_runner(
         timeout=None if config.tools else config.environment_timeout,  # each call of a tool has a limit
         max_prompt_length=max_prompt_length,
         has_tools=bool(config.tools),
+        episode_timeout=config.episode_timeout,
         log_failures=partial(log_failed_episodes, folder) if folder is not None else None,
     )
 
