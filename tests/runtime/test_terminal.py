@@ -221,3 +221,24 @@ def test_the_check_sees_each_way_to_print(code):
 )
 def test_the_check_accepts_what_is_safe(code):
     assert prints(code) == []
+
+
+def test_a_signal_in_the_middle_of_a_print_is_reported(monkeypatch, capfd):
+    """A stream that is writing can't be entered again, also not by a signal handler."""
+
+    class Raw(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not reported:
+                reported.append(True)
+                terminal.echo_from_handler("SIGINT: stopping", "yellow")
+            return len(data)
+
+    reported = []
+    stream = io.TextIOWrapper(io.BufferedWriter(Raw()), write_through=True)
+    monkeypatch.setattr(terminal.console, "_file", stream)
+    terminal.echo("a step")
+    stream.flush()
+    assert reported and "SIGINT: stopping" in capfd.readouterr().err

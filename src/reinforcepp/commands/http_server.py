@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.signals import handle_signals
-from reinforcepp.runtime.terminal import echo, logger
+from reinforcepp.runtime.terminal import echo_from_handler, logger
 
 MAX_CONNECTIONS = 512
 """Open connections; the next one replaces an idle one of the address with the most, see :class:`LimitedConnection`."""
@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + number)
         if any(isinstance(each, LimitedConnection) and not each.is_waiting for each in self.server_state.connections):
-            echo("Finishing the responses in progress. A second signal stops immediately.", "yellow")
+            echo_from_handler("Finishing the responses in progress. A second signal stops immediately.", "yellow")
         self.stop()
 
     @contextmanager

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from reinforcepp.runtime.process import is_main
-from reinforcepp.runtime.terminal import echo, print_at_once
+from reinforcepp.runtime.terminal import echo_from_handler, print_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -62,7 +62,9 @@ class Stop:
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name
-        echo(f"{name}: saving and stopping at the next safe point. A second signal stops immediately.", "yellow")
+        echo_from_handler(
+            f"{name}: saving and stopping at the next safe point. A second signal stops immediately.", "yellow"
+        )
         if self._repeatable:
             raise StopRequested
 

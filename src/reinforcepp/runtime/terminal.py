@@ -144,6 +144,14 @@ def print_at_once(text: str) -> None:
     os.write(2, f"{one_message(redacted(text))}\n".encode(errors="replace"))
 
 
+def echo_from_handler(text: str, style: str = "") -> None:
+    """Print a message as ``echo`` does, in a signal handler, which can interrupt another print."""
+    try:
+        echo(text, style)
+    except RuntimeError:  # a stream can't be entered again in the middle of a write
+        print_at_once(text)
+
+
 def print_output(text: str, end: str = "\n") -> None:
     """Print the result of a command to standard output. A closed pipe raises here, not when Python exits."""
     sys.stdout.write(printable(text) + end)
