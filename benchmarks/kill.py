@@ -3,7 +3,7 @@
 python benchmarks/kill.py [--points 40 | --each_write]
 
 Both trainers, and the policy trainer with episodes in an environment, on tiny models in float32 on the CPU, with several
-optimizer steps per batch, a checkpoint after every step and a reward function that draws random numbers of its own. Half of
+optimizer steps per batch, a checkpoint after every step and a reward function that draws its own random numbers. Half of
 the kills come after a random time, half at a random one of the moments in which files are written, some of those with half of
 the file on the disk. Every tenth run is killed twice. With --each_write there is one kill per function that writes, in the
 middle of a run, and one in an episode. Written to benchmarks/results/kill.json.

@@ -8,7 +8,6 @@ engine here, and not from the package's harness.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import islice
@@ -18,6 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from reinforcepp.config.data_spec import VERIFIERS, DataName
 from reinforcepp.errors import ConfigError, first_line, nearest
+from reinforcepp.runtime.process import add_to_path
 
 if TYPE_CHECKING:
     from verifiers.v1 import Task, Taskset
@@ -100,8 +100,7 @@ def taskset_of(spec: str) -> tuple[Taskset, int | None]:
             f"{text}: needs the package verifiers. Install it in an environment without vLLM, which needs other versions of its "
             "requirements: pip install 'reinforcepp[verifiers]'"
         ) from error
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    add_to_path(Path.cwd())
     try:
         config = taskset_config_type(name).model_validate({**options, "id": name})
         taskset: Taskset = load_taskset(config)

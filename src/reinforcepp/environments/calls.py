@@ -73,7 +73,7 @@ class TimedCalls:
             raise _as_exception(error) from error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        """Run ``function`` in a thread of its own; unlike those of asyncio, it doesn't keep the process from ending."""
+        """Run ``function`` in a separate thread; unlike those of asyncio, it doesn't keep the process from ending."""
         loop, finished = asyncio.get_running_loop(), asyncio.Event()
         result: list[Any] = []
 

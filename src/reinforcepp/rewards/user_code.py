@@ -13,6 +13,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, nearest
 from reinforcepp.files import sha256
+from reinforcepp.runtime.process import add_to_path
 
 REWARD = "reward function"
 
@@ -68,7 +69,7 @@ def _failed(name: str, what: str, error: Exception) -> ReinforceError:
 def _load_module(name: str, what: str) -> ModuleType:
     if name.endswith(".py"):
         return _load_file(Path(name).expanduser(), what)
-    _add_to_path(Path.cwd())
+    add_to_path(Path.cwd())
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -92,7 +93,7 @@ def _load_file(path: Path, what: str) -> ModuleType:
     name = f"reinforcepp_user_{sha256(path)[:16]}"  # the file's own name can hide another module
     if name in sys.modules:
         return sys.modules[name]
-    _add_to_path(path.resolve().parent)  # for the file's own imports
+    add_to_path(path.resolve().parent)  # for the file's own imports
     spec: Any = spec_from_file_location(name, path)
     module = module_from_spec(spec)
     sys.modules[name] = module
@@ -104,8 +105,3 @@ def _load_file(path: Path, what: str) -> ModuleType:
             raise
         raise _failed(str(path), what, error) from error
     return module
-
-
-def _add_to_path(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))

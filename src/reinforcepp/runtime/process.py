@@ -61,6 +61,12 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
 
 
+def add_to_path(folder: Path) -> None:
+    """Let this process import the modules of ``folder``, before those of other folders."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 

@@ -70,7 +70,7 @@ class ToolPool:
 
 
 class _Worker:
-    """One process, in a session of its own, so that it ends together with processes that a tool started."""
+    """One process, in a separate session, so that it ends together with processes that a tool started."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
